@@ -37,6 +37,8 @@ pub(super) struct Batch {
     /// The search for the namespace, if one is needed.
     pub(super) search: Option<SearchUnderWay>,
     pub(super) sessions: Vec<Expired>,
+    /// Whether it is the turn of an owner whose resets are slow.
+    pub(super) is_turn: bool,
 }
 
 impl State {
@@ -76,9 +78,14 @@ impl State {
         match batch.method {
             ResetMethod::Destroy => {
                 let target = |e: &Expired| SocketId::of(e.cookie, &e.session);
+                let slow = match batch.is_turn {
+                    true => Vec::new(),
+                    false => self.slow.owners_in(batch.netns_cookie, monotonic_ns()),
+                };
                 Request::Destroy {
                     netns,
                     targets: batch.sessions.iter().map(target).collect(),
+                    slow,
                 }
             }
             ResetMethod::Disconnect | ResetMethod::ByCookie => Request::Disconnect {

@@ -4,7 +4,7 @@ use std::{cell::Cell, rc::Rc};
 
 use session_enforcer_common::Ancestors;
 
-use super::{context::Context, hang_limits::HangScope, state::State};
+use super::{context::Context, hang_limits::HangScope, slow_owners::SlowKey, state::State};
 use crate::reaper::protocol::Search;
 
 /// The limits on hanging resets that apply to a cgroup.
@@ -28,33 +28,29 @@ pub(super) enum Slot {
     Regular { _batch: Counted },
     /// One of the hanging resets that its cgroup may have.
     Separate(HangPermit),
-    /// The turn of its network namespace, which is slow.
-    SlowTurn { _turn: Turn },
+    /// The turn of its sockets' owner, whose resets are slow.
+    SlowTurn(Turn),
 }
 
-/// The turn of a slow network namespace until it is dropped.
+/// The turn of an owner whose resets are slow, until it is dropped.
 pub(super) struct Turn {
     context: Rc<Context>,
-    netns_cookie: u64,
+    pub(super) key: SlowKey,
 }
 
 impl Turn {
-    /// Begins a turn; `None` while the namespace's last one, or too many others, have not ended.
-    pub(super) fn begin(
-        context: &Rc<Context>,
-        state: &mut State,
-        netns_cookie: u64,
-    ) -> Option<Self> {
-        state.slow.begin_turn(netns_cookie).then(|| Self {
+    /// Begins a turn; `None` while the owner's last one, or too many others, have not ended.
+    pub(super) fn begin(context: &Rc<Context>, state: &mut State, key: SlowKey) -> Option<Self> {
+        state.slow.begin_turn(key).then(|| Self {
             context: Rc::clone(context),
-            netns_cookie,
+            key,
         })
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.context.state().slow.end_turn(self.netns_cookie);
+        self.context.state().slow.end_turn(self.key);
         self.context.wake.notify_one();
     }
 }

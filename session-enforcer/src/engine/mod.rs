@@ -32,7 +32,7 @@ mod reload;
 mod requests;
 mod rule_set;
 mod schedule;
-mod slow_namespaces;
+mod slow_owners;
 mod state;
 mod sync;
 mod takeover;

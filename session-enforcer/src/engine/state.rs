@@ -21,7 +21,7 @@ use super::{
     phase::{Expired, Phase},
     records::Records,
     rule_set::RuleSet,
-    slow_namespaces::SlowNamespaces,
+    slow_owners::SlowOwners,
     tracker::{Tracker, group_of, group_of_event},
     waiting::Waiting,
 };
@@ -81,7 +81,7 @@ pub(super) struct State {
     pub(super) hanging: Hanging,
     /// The sessions that wait for room among the hanging resets.
     pub(super) without_room: Waiting<Rc<HangScope>>,
-    pub(super) slow: SlowNamespaces,
+    pub(super) slow: SlowOwners,
     /// Whether the kernel was found to lack `SOCK_DESTROY`.
     pub(super) has_no_destroy: bool,
     /// Whether due sessions are terminated; true from the attachment on.
@@ -166,7 +166,7 @@ impl State {
             handles: Handles::new(own_netns),
             hanging: Hanging::default(),
             without_room: Waiting::default(),
-            slow: SlowNamespaces::default(),
+            slow: SlowOwners::default(),
             has_no_destroy: false,
             is_enforcing: false,
             without_owner: Vec::new(),
@@ -322,7 +322,7 @@ impl State {
             self.record_gone(&expired);
         }
         self.tracker.forget(cookie);
-        self.without_room.remove(cookie);
+        self.leave_queues(cookie);
         // If a reset is outstanding, its record still needs these.
         if self.tracker.phase_of_cookie(cookie).is_none() {
             if !self.holdings.is_empty() {
@@ -333,6 +333,12 @@ impl State {
         if let Some(netns_cookie) = netns_cookie {
             self.give_up_if_unused(netns_cookie);
         }
+    }
+
+    /// Notes that a session does not wait any more.
+    fn leave_queues(&mut self, cookie: u64) {
+        self.without_room.remove(cookie);
+        self.slow.waiting.remove(cookie);
     }
 
     /// Stops tracking a session that has ended, but not a later session of the same socket.
@@ -486,7 +492,7 @@ impl State {
             Judgement::Alive { recheck_ns } => {
                 // If a reset was requested, it was not done.
                 self.tracker.clear_phase(cookie);
-                self.without_room.remove(cookie);
+                self.leave_queues(cookie);
                 if session.is_shut() {
                     self.datapath.reopen(cookie, session.established_ns)?;
                 }

@@ -21,6 +21,7 @@ use super::{
     in_progress::{Counted, HangPermit, SearchUnderWay, Slot, Turn, full_part},
     outcome::UNANSWERED,
     phase::{Expired, Phase},
+    slow_owners::SlowKey,
     state::State,
     unreported::query_unreported,
 };
@@ -28,7 +29,7 @@ use crate::{
     config::Mode,
     host::clock::monotonic_ns,
     reaper::{
-        diag::{Destroyed, Detail, MAX_BATCH, Queued, SocketId},
+        diag::{Destroyed, Detail, LEFT_OUT, MAX_BATCH, Queued, SocketId, SocketOwner},
         pool::{Condition, Exchange, Next, Purpose, STALL},
         protocol::{Disconnected, Problem, Reply, Search},
     },
@@ -59,8 +60,18 @@ const SEARCH_POLL_NS: u64 = 20_000_000;
 /// another one and for its own.
 const MAX_CONFIRM_ROUNDS: usize = 2;
 
-/// The key of a batch: namespace, method, and the cgroup if its sessions are kept separate.
-type Lot = (u64, ResetMethod, Option<u64>);
+/// The key of a batch: namespace, method, and why its sessions are kept separate.
+type Lot = (u64, ResetMethod, Apart);
+
+/// Why sessions are kept separate from others, so that these do not wait for them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Apart {
+    No,
+    /// The resets of their sockets' owner are slow.
+    Slow(SlowKey),
+    /// A reset of their cgroup hangs.
+    Suspect(u64),
+}
 
 /// Terminates due sessions, up to the limit of one pass.
 ///
@@ -78,30 +89,24 @@ pub(super) fn reset_due(context: &Rc<Context>) -> Result<()> {
     Ok(())
 }
 
-/// Has sessions judged again that have waited for room, or for the turn of their namespace.
+/// Has sessions judged again that have waited for room, or for their owner's turn.
 pub(super) fn retry_waiting(context: &Context) {
     let mut state = context.state();
     // Sessions that are due come first. They include those that were released last.
-    if !state.is_due() {
-        let State {
-            without_room,
-            hanging,
-            tracker,
-            ..
-        } = &mut *state;
-        for cookie in without_room.release(MAX_RELEASED, |scope| hanging.has_room(scope)) {
-            tracker.rearm(cookie, 0);
-        }
+    if state.is_due() {
+        return;
     }
-    loop {
-        let next = state.slow.next(MAX_BATCH);
-        for cookie in &next {
-            state.tracker.rearm(*cookie, 0);
-        }
-        // If all of them have ended, take the next ones.
-        if next.is_empty() || next.iter().any(|cookie| state.tracker.contains(*cookie)) {
-            return;
-        }
+    let State {
+        without_room,
+        hanging,
+        slow,
+        tracker,
+        ..
+    } = &mut *state;
+    let mut released = without_room.release(MAX_RELEASED, |scope| hanging.has_room(scope));
+    released.extend(slow.release(MAX_RELEASED));
+    for cookie in released {
+        tracker.rearm(cookie, 0);
     }
 }
 
@@ -340,8 +345,11 @@ pub(super) fn start_resets(
             continue;
         }
         let method = state.method_for(&expired, now_ns);
-        // Sessions of a cgroup with a hanging reset must not delay others.
-        let apart = state.hanging.is_suspect(cgroup_id).then_some(cgroup_id);
+        let apart = match state.slow.owner_of(expired.cookie, now_ns) {
+            Some(key) => Apart::Slow(key),
+            None if state.hanging.is_suspect(cgroup_id) => Apart::Suspect(cgroup_id),
+            None => Apart::No,
+        };
         let lot = (expired.session.netns_cookie, method, apart);
         lots.entry(lot).or_default().push(expired);
     }
@@ -358,7 +366,7 @@ pub(super) fn start_resets(
             }
             continue;
         }
-        let Some(slot) = take_slot(context, state, (netns_cookie, apart), &lot, now_ns) else {
+        let Some(slot) = take_slot(context, state, apart, &lot, now_ns) else {
             continue;
         };
         for expired in &lot {
@@ -374,30 +382,31 @@ pub(super) fn start_resets(
             method,
             search: search.map(|search| SearchUnderWay::begin(context, state, search)),
             sessions: lot,
+            is_turn: matches!(slot, Slot::SlowTurn(_)),
         };
         context.spawn(reset(Rc::clone(context), batch, Some(slot)));
     }
     Ok(())
 }
 
-/// Takes what a batch of this namespace occupies, or of this cgroup if its sessions are kept separate. If there is none,
-/// has the sessions wait and returns `None`.
+/// Takes what a batch occupies. If there is none, has the sessions wait and returns `None`.
 fn take_slot(
     context: &Rc<Context>,
     state: &mut State,
-    (netns_cookie, apart): (u64, Option<u64>),
+    apart: Apart,
     lot: &[Expired],
     now_ns: u64,
 ) -> Option<Slot> {
-    if state.slow.contains(netns_cookie, now_ns) {
-        let turn = Turn::begin(context, state, netns_cookie);
+    if let Apart::Slow(key) = apart {
+        let turn = Turn::begin(context, state, key);
         if turn.is_none() {
-            let cookies = lot.iter().map(|expired| expired.cookie);
-            state.slow.wait(netns_cookie, cookies);
+            for expired in lot {
+                state.waits_for_turn(expired, key);
+            }
         }
-        return turn.map(|turn| Slot::SlowTurn { _turn: turn });
+        return turn.map(Slot::SlowTurn);
     }
-    if let Some(cgroup_id) = apart {
+    if let Apart::Suspect(cgroup_id) = apart {
         // Batches of this pass may have taken the room meanwhile.
         if let Some(full) = full_part(state, cgroup_id) {
             for expired in lot {
@@ -445,20 +454,11 @@ async fn reset(context: Rc<Context>, batch: Batch, slot: Option<Slot>) -> Result
         sessions: batch.sessions,
         concluded: 0,
         began_ns,
+        is_slow: batch.is_turn,
+        took_ns: BTreeMap::new(),
     };
     let rest = attempt.run(&context, slot).await?;
     restart_unclaimed(&context, rest)
-}
-
-/// Notes that the batches of a namespace must not keep others waiting.
-fn note_slow(context: &Rc<Context>, netns_cookie: u64) {
-    let mut state = context.state();
-    if state.slow.note(netns_cookie, monotonic_ns()) {
-        let netns = state.handles.name(netns_cookie);
-        tracing::warn!(
-            "{netns}: the kernel takes long to reset connections there; they are reset one batch at a time"
-        );
-    }
 }
 
 /// Gives sessions that a reaper has not claimed to others.
@@ -480,6 +480,10 @@ struct Attempt {
     /// Number of sessions with an outcome; they are the first in the list.
     concluded: usize,
     began_ns: u64,
+    /// Whether the batch takes long, or is one of an owner whose batches did.
+    is_slow: bool,
+    /// The processor time of the resets of each owner.
+    took_ns: BTreeMap<SocketOwner, u64>,
 }
 
 /// A reaper's answer about a session.
@@ -487,6 +491,8 @@ enum ReaperAnswer {
     /// The kernel's error code, and the unsent or unread data of the socket if known.
     Destroyed(i32, Option<Queued>),
     Outcome(Disconnected),
+    /// The resets of the socket's owner are slow.
+    LeftOut(SocketOwner),
 }
 
 impl Attempt {
@@ -502,9 +508,12 @@ impl Attempt {
             match self.exchange.next(wait).await {
                 Next::Reply(reply, handle) => {
                     if self.take_in(context, reply, handle)? {
-                        let is_turn = matches!(slot, Some(Slot::SlowTurn { .. }));
-                        if is_turn && monotonic_ns() < self.began_ns + SLOW_NS {
-                            context.state().slow.forget(self.netns_cookie);
+                        if let Some(Slot::SlowTurn(turn)) = &slot {
+                            let took_ns: u64 = self.took_ns.values().sum();
+                            let count = self.sessions.len() as u64;
+                            if took_ns < count * SLOW_NS / MAX_RELEASED as u64 {
+                                context.state().slow.forget(turn.key);
+                            }
                         }
                         return Ok(Vec::new());
                     }
@@ -515,9 +524,7 @@ impl Attempt {
                     let searches = claimed == 0 && self.may_search;
                     let is_regular = matches!(slot, Some(Slot::Regular { .. }));
                     let is_slow = is_regular && claimed > 0 && self.is_slow(&mut ran_before);
-                    if is_slow {
-                        note_slow(context, self.netns_cookie);
-                    }
+                    self.is_slow |= is_slow;
                     let waits = !searches && self.waits_for_a_processor();
                     if !is_slow && (claimed != claimed_before || waits) {
                         claimed_before = claimed;
@@ -606,17 +613,58 @@ impl Attempt {
     /// Handles the kernel's answers in the shared page.
     fn conclude_answered(&mut self, context: &Rc<Context>) -> Result<()> {
         let now_ns = monotonic_ns();
-        while let Some(Destroyed { code, queued }) = self
+        while let Some(destroyed) = self
             .exchange
             .answered(self.concluded)
             .filter(|_| self.concluded < self.sessions.len())
         {
-            self.conclude_next(context, Some(ReaperAnswer::Destroyed(code, queued)), now_ns)?;
+            let Destroyed {
+                code,
+                queued,
+                owner,
+                took_ns,
+            } = destroyed;
+            *self.took_ns.entry(owner).or_default() += took_ns;
+            let answer = match code {
+                LEFT_OUT => ReaperAnswer::LeftOut(owner),
+                _ => ReaperAnswer::Destroyed(code, queued),
+            };
+            self.conclude_next(context, Some(answer), now_ns)?;
+        }
+        if self.is_slow {
+            self.note_slow(context);
         }
         context.state().records.audit.flush();
         context.wake.notify_one();
         query_unreported(context);
         Ok(())
+    }
+
+    /// Notes the owners whose resets took long.
+    fn note_slow(&self, context: &Rc<Context>) {
+        let mut state = context.state();
+        for (owner, _) in self
+            .took_ns
+            .iter()
+            .filter(|(_, took_ns)| **took_ns > SLOW_NS)
+        {
+            let key = SlowKey {
+                netns_cookie: self.netns_cookie,
+                owner: *owner,
+            };
+            if state.slow.note(key, monotonic_ns()) {
+                let netns = state.handles.name(self.netns_cookie);
+                let cgroup = state
+                    .owner_resolver
+                    .path(owner.cgroup_id)
+                    .unwrap_or("unknown");
+                tracing::warn!(
+                    "{netns}: the kernel takes long to reset connections of user {} in cgroup {cgroup}; they are \
+                     reset one batch at a time",
+                    owner.uid
+                );
+            }
+        }
     }
 
     fn conclude_next(
@@ -662,6 +710,7 @@ impl Attempt {
                     method: ResetMethod::ByCookie,
                     search: None,
                     sessions: rest.to_vec(),
+                    is_turn: false,
                 };
                 for expired in rest {
                     let mut state = context.state();
@@ -738,6 +787,7 @@ impl Attempt {
                                 method: ResetMethod::ByCookie,
                                 search: None,
                                 sessions: vec![hung],
+                                is_turn: false,
                             };
                             context.state().tracker.begin_reset(&hung);
                             context.spawn(reset(Rc::clone(&context), batch, None));
@@ -786,6 +836,17 @@ fn conclude(
             state.fail(expired, at_ns, &text);
             Ok(())
         }
+        Some(ReaperAnswer::LeftOut(owner)) => {
+            let netns_cookie = expired.session.netns_cookie;
+            state.waits_for_turn(
+                expired,
+                SlowKey {
+                    netns_cookie,
+                    owner,
+                },
+            );
+            Ok(())
+        }
         Some(ReaperAnswer::Outcome(Disconnected::Failed(error))) => {
             state.not_reset(expired, at_ns, &error)
         }
@@ -806,6 +867,18 @@ impl State {
     pub(super) fn resets_untracked(&self, rule: u16) -> bool {
         let rule = self.rule_set.rule(rule);
         self.backlog.resets && rule.is_some_and(|rule| rule.mode == Mode::Enforce)
+    }
+
+    /// Has a session wait for its owner's turn.
+    fn waits_for_turn(&mut self, expired: &Expired, key: SlowKey) {
+        let (cookie, deadline_ns) = (expired.cookie, expired.deadline_ns);
+        if self.tracker.contains(cookie) {
+            self.slow.waiting.add(key, cookie, deadline_ns, 0);
+            self.tracker.rearm(cookie, u64::MAX);
+        } else {
+            // It has ended, or has no slot in the table; in the latter case the next sync finds it again.
+            self.forget(cookie);
+        }
     }
 
     /// Shuts the gates of sessions and returns those that are still late by the records read afterwards. A packet that

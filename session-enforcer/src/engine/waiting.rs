@@ -69,6 +69,14 @@ impl<K: Clone + Ord> Waiting<K> {
         Some(session.since_ns)
     }
 
+    /// What a session waits for, or waited for last.
+    pub(super) fn queue_of(&self, cookie: u64) -> Option<&K> {
+        if self.sessions.is_empty() {
+            return None;
+        }
+        Some(&self.sessions.get(&cookie)?.queue)
+    }
+
     /// Releases up to `count` sessions of a queue that may go on, those with the earliest deadlines. Round robin over the
     /// queues.
     pub(super) fn release(&mut self, count: usize, may_go_on: impl Fn(&K) -> bool) -> Vec<u64> {
@@ -125,6 +133,7 @@ mod tests {
         assert_eq!(waiting.add(2, 7, 3, 20), 10);
         assert!(waiting.release(1, |queue| *queue == 1).is_empty());
         assert_eq!(waiting.release(1, |_| true), [7]);
+        assert_eq!(waiting.queue_of(7), Some(&2));
         assert_eq!(waiting.add(2, 7, 3, 30), 10);
         assert_eq!(waiting.len(), 1);
         assert_eq!(waiting.remove(7), Some(10));

@@ -43,6 +43,11 @@ pub fn processor_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(0, nanoseconds)
 }
 
+/// The processor time that the calling thread has used, in nanoseconds.
+pub fn thread_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(0, nanoseconds)
+}
+
 /// The maximum error of an age that the kernel measures in coarse time, as for a connection older than the
 /// daemon: two ticks. Coarse time advances at each tick, by whole ticks of the clock source. Those ticks have
 /// another phase, so the clock can lag by one tick right after an update. With ticks of 4 ms a lag of 6.8 ms

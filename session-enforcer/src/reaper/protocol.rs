@@ -10,10 +10,10 @@ use std::{path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
-use super::diag::{Detail, MAX_BATCH, Socket, SocketId};
+use super::diag::{Detail, MAX_BATCH, Socket, SocketId, SocketOwner};
 
 /// Increase it with every change of a message.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// The maximum length of a message in bytes. A long [`Reply::Scope`] is split into several messages.
 pub const MAX_MESSAGE: usize = 128 << 10;
@@ -127,6 +127,8 @@ pub enum Request {
         netns: Netns,
         /// The sockets.
         targets: Vec<SocketId>,
+        /// Sockets of these owners are left out ([`LEFT_OUT`](super::diag::LEFT_OUT)).
+        slow: Vec<SocketOwner>,
     },
     /// Reset these sessions through descriptors; claim each first. Answered by one [`Reply::Disconnected`]
     /// for each, then [`Reply::Done`].

@@ -10,7 +10,7 @@ use std::{
     num::NonZeroUsize,
     os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicI32, AtomicU32, Ordering},
+    sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering},
 };
 
 use nix::sys::{
@@ -19,7 +19,7 @@ use nix::sys::{
 };
 
 use super::{
-    diag::{Destroyed, Queued},
+    diag::{Destroyed, Queued, SocketOwner},
     protocol::MAX_SOCKETS,
 };
 
@@ -44,6 +44,9 @@ struct Slot {
     code: AtomicI32,
     send: AtomicU32,
     receive: AtomicU32,
+    uid: AtomicU32,
+    cgroup_id: AtomicU64,
+    took_ns: AtomicU64,
 }
 
 const BYTES: NonZeroUsize = NonZeroUsize::new(size_of::<Page>()).unwrap();
@@ -124,6 +127,10 @@ impl SharedPage {
         if let Some(answer) = self.page().answers.get(index) {
             answer.send.store(send, Ordering::Relaxed);
             answer.receive.store(receive, Ordering::Relaxed);
+            let SocketOwner { cgroup_id, uid } = destroyed.owner;
+            answer.uid.store(uid, Ordering::Relaxed);
+            answer.cgroup_id.store(cgroup_id, Ordering::Relaxed);
+            answer.took_ns.store(destroyed.took_ns, Ordering::Relaxed);
             answer.code.store(destroyed.code, Ordering::Release);
         }
     }
@@ -139,6 +146,11 @@ impl SharedPage {
         (code >= 0).then_some(Destroyed {
             code,
             queued: (queued.send != UNKNOWN).then_some(queued),
+            owner: SocketOwner {
+                cgroup_id: answer.cgroup_id.load(Ordering::Relaxed),
+                uid: answer.uid.load(Ordering::Relaxed),
+            },
+            took_ns: answer.took_ns.load(Ordering::Relaxed),
         })
     }
 }
@@ -163,7 +175,7 @@ mod tests {
         assert!(reaper.claim(0) && reaper.claim(1));
         let refused = Destroyed {
             code: 2,
-            queued: None,
+            ..Destroyed::default()
         };
         reaper.answer(0, refused);
         assert_eq!(engine.claimed(), 2);
@@ -178,6 +190,11 @@ mod tests {
         let reset = Destroyed {
             code: 0,
             queued: Some(Queued { send, receive }),
+            owner: SocketOwner {
+                cgroup_id: 1 << 40,
+                uid: 5,
+            },
+            took_ns: 1 << 41,
         };
         reaper.answer(1, reset);
         assert_eq!(engine.answered(1), Some(reset));

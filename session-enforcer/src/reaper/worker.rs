@@ -5,6 +5,7 @@
 //! reaper that hangs on a lock ends as soon as it gets the lock.
 
 use std::{
+    collections::HashSet,
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -19,7 +20,10 @@ use nix::sys::{
 
 use super::{
     channel,
-    diag::{Detail, DiagSocket, MAX_BATCH, SockDiagError, Socket, SocketId, state},
+    diag::{
+        Destroyed, Detail, DiagSocket, LEFT_OUT, MAX_BATCH, SockDiagError, Socket, SocketId,
+        SocketOwner, state,
+    },
     disconnect::{self, Answer, DisconnectError},
     inspect::{has_left_threads, inspect_each},
     namespaces::{self, FoundNamespace, NetnsError},
@@ -160,7 +164,11 @@ impl Worker {
 
     fn perform(&mut self, request: Request, lent: Option<OwnedFd>) -> Result<(), Broken> {
         match request {
-            Request::Destroy { netns, targets } => self.destroy(&netns, lent, &targets),
+            Request::Destroy {
+                netns,
+                targets,
+                slow,
+            } => self.destroy(&netns, lent, &targets, slow),
             Request::Disconnect { netns, sessions } => self.disconnect(&netns, lent, &sessions),
             Request::Query {
                 netns,
@@ -266,13 +274,28 @@ impl Worker {
         netns: &Netns,
         lent: Option<OwnedFd>,
         targets: &[SocketId],
+        slow: Vec<SocketOwner>,
     ) -> Result<(), Broken> {
+        let slow: HashSet<SocketOwner> = slow.into_iter().collect();
         self.with(netns, lent, |worker, diag| {
             for (index, target) in targets.iter().enumerate() {
                 if !worker.page.claim(index) {
                     break;
                 }
-                worker.page.answer(index, diag.destroy(target)?);
+                let slow_owner = match slow.is_empty() {
+                    true => None,
+                    false => diag.query(target, Detail::Names)?,
+                };
+                let slow_owner = slow_owner.as_ref().map(SocketOwner::from);
+                let answer = match slow_owner.filter(|owner| slow.contains(owner)) {
+                    Some(owner) => Destroyed {
+                        code: LEFT_OUT,
+                        owner,
+                        ..Destroyed::default()
+                    },
+                    None => diag.destroy(target)?,
+                };
+                worker.page.answer(index, answer);
             }
             Ok(())
         })

@@ -54,10 +54,10 @@ fn of_port(name: &str, listener: &Listener, limit: Duration) -> String {
 /// Opens connections one after the other. Asserts that each is reset in time and that the daemon
 /// answers meanwhile.
 /// Returns the median of their lateness.
-fn assert_in_time(lab: &Lab, daemon: &Daemon, listener: &Listener, count: usize) -> Result<f64> {
+fn assert_in_time(from: &Agent, daemon: &Daemon, listener: &Listener, count: usize) -> Result<f64> {
     let mut pairs = Vec::new();
     for _ in 0..count {
-        pairs.push(Pair::open(&lab.outside, listener)?);
+        pairs.push(Pair::open(from, listener)?);
         let asked = Instant::now();
         ensure!(daemon.get("/healthz")?.0 == 200);
         assert!(asked.elapsed() < unhurried(Duration::from_secs(1)));
@@ -92,7 +92,7 @@ fn a_start_and_a_reload_with_many_descriptors_and_cgroups_delay_no_reset() -> Re
     let daemon = lab.daemon(&rules)?;
     assert!(started.elapsed() < soon(), "{:?}", started.elapsed());
     thread::scope(|scope| {
-        let victims = scope.spawn(|| assert_in_time(&lab, &daemon, &listener, 20));
+        let victims = scope.spawn(|| assert_in_time(&lab.outside, &daemon, &listener, 20));
         for _ in 0..3 {
             let asked = Instant::now();
             daemon.reload(&rules)?;
@@ -131,7 +131,7 @@ fn a_cgroup_of_the_rules_that_comes_and_goes_constantly_delays_no_reset() -> Res
             }
             Ok(rounds)
         });
-        let victims = assert_in_time(&lab, &daemon, &listener, 20);
+        let victims = assert_in_time(&lab.outside, &daemon, &listener, 20);
         stop.store(true, Ordering::Relaxed);
         assert!(churn.join().expect("the thread that churns")? > 10);
         victims
@@ -163,7 +163,7 @@ fn unaccepted_mptcp_connections_delay_no_reset_and_are_recorded_once() -> Result
     for _ in 0..CONNECTIONS {
         clients.push(dial(mptcp(&lab.outside)?, waiting.address)?);
     }
-    assert_in_time(&lab, &daemon, &listener, 20)?;
+    assert_in_time(&lab.outside, &daemon, &listener, 20)?;
     let failed = [("rule", "unaccepted"), ("result", "failed")];
     let name = "session_enforcer_terminations_total";
     daemon.wait_for_metric(name, &failed, CONNECTIONS as f64)?;
@@ -205,7 +205,7 @@ fn mptcp_connections_of_a_user_with_very_many_descriptors_delay_no_reset() -> Re
             }
             Ok(hoarded)
         });
-        let victims = assert_in_time(&lab, &daemon, &listener, 20);
+        let victims = assert_in_time(&lab.outside, &daemon, &listener, 20);
         stop.store(true, Ordering::Relaxed);
         let hoarded = hoarder.join().expect("the thread that hoards");
         anyhow::Ok((victims?, hoarded?))
@@ -309,7 +309,7 @@ fn sessions_of_unknown_owner_with_many_listeners_delay_no_reset() -> Result<()> 
     for client in clients {
         connected.push((dial(client, server.address)?, server.accept()?));
     }
-    assert_in_time(&lab, &daemon, &listener, 20)?;
+    assert_in_time(&lab.outside, &daemon, &listener, 20)?;
     let sessions = SESSIONS as f64;
     daemon.wait_for_metric("session_enforcer_sessions", &[("rule", "owned")], sessions)?;
     drop(many);
@@ -395,35 +395,65 @@ fn sockets_that_are_bound_to_an_interface_are_searched_for_together() -> Result<
     Ok(())
 }
 
-/// Root of a network namespace can make each of its RSTs pass a million rules, which takes some 15 ms of a processor.
-#[test]
-fn resets_that_take_long_in_a_namespace_delay_no_reset_in_another() -> Result<()> {
-    let _turn = turn(module_path!());
-    const SLOW: usize = 300;
-    let lab = Lab::new(AGENT)?;
-    let netns = Netns::new()?;
+/// Makes each RST from this port pass a million rules of a namespace, which takes some 15 ms of a processor.
+fn slow_down(netns: &Netns, listener: &Listener) -> Result<()> {
     let jumps = |to: &str, count: usize| format!("jump {to}\n").repeat(count);
     let rules = format!(
         "table ip slow {{\nchain a {{\n{}}}\nchain b {{\n{}}}\nchain c {{\n{}}}\n\
-         chain out {{ type filter hook output priority 0; tcp flags & rst == rst jump c; }}\n}}\n",
+         chain out {{ type filter hook output priority 0; tcp sport {} tcp flags & rst == rst jump c; }}\n}}\n",
         "meta mark 1\n".repeat(100),
         jumps("a", 100),
         jumps("b", 100),
+        listener.port()
     );
-    filter_packets(AGENT.as_ref(), &netns, &rules)?;
-    let (slow, victims) = (listen(&lab.inside_in(&netns)?)?, listen(&lab.inside)?);
-    let from = lab.outside_in(&netns)?;
-    let rules = of_port("slow", &slow, 2 * limit()) + &of_port("victims", &victims, limit());
+    filter_packets(AGENT.as_ref(), netns, &rules)
+}
+
+/// Has slow resets of this listener's sessions and resets of victims come due together.
+fn assert_slow_resets_delay_no_victim(
+    lab: &Lab,
+    (slow, from): (&Listener, &Agent),
+    (victims, victims_from): (&Listener, &Agent),
+) -> Result<()> {
+    const SLOW: usize = 300;
+    let rules = of_port("slow", slow, 2 * limit()) + &of_port("victims", victims, limit());
     let daemon = lab.daemon(&rules)?;
     let slow: Vec<Pair> = (0..SLOW)
-        .map(|_| Pair::open(&from, &slow))
+        .map(|_| Pair::open(from, slow))
         .collect::<Result<_>>()?;
     thread::sleep(limit());
-    assert_in_time(&lab, &daemon, &victims, 20)?;
+    assert_in_time(victims_from, &daemon, victims, 20)?;
     for pair in &slow {
         daemon.wait_for_termination_of(pair)?;
     }
     Ok(())
+}
+
+/// Root of a network namespace can make its resets slow by packet filter rules.
+#[test]
+fn resets_that_take_long_in_a_namespace_delay_no_reset_in_another() -> Result<()> {
+    let _turn = turn(module_path!());
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let (slow, victims) = (listen(&lab.inside_in(&netns)?)?, listen(&lab.inside)?);
+    slow_down(&netns, &slow)?;
+    let from = lab.outside_in(&netns)?;
+    assert_slow_resets_delay_no_victim(&lab, (&slow, &from), (&victims, &lab.outside))
+}
+
+/// Any user can make the resets of his own sockets slow, by very many waiters on each. The rules name only ports, so the
+/// sessions have no recorded owners.
+#[test]
+fn resets_of_a_user_that_take_long_delay_no_reset_of_others_in_the_namespace() -> Result<()> {
+    let _turn = turn(module_path!());
+    let lab = Lab::new(AGENT)?;
+    let netns = Netns::new()?;
+    let cgroup = lab.cgroup.child()?;
+    let place = Place::here().in_cgroup(&cgroup).in_netns(&netns);
+    let (slow, victims) = (listen(&lab.at(&place)?)?, listen(&lab.inside_in(&netns)?)?);
+    slow_down(&netns, &slow)?;
+    let from = lab.outside_in(&netns)?;
+    assert_slow_resets_delay_no_victim(&lab, (&slow, &from), (&victims, &from))
 }
 
 /// A start reads which cgroups the daemon's cgroup covers, and then, with many descriptors on the host, takes a while

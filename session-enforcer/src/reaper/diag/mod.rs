@@ -4,5 +4,5 @@
 mod netlink;
 pub mod wire;
 
-pub use netlink::{CHUNK, Destroyed, DiagSocket, MAX_BATCH, SockDiagError};
+pub use netlink::{CHUNK, Destroyed, DiagSocket, LEFT_OUT, MAX_BATCH, SockDiagError, SocketOwner};
 pub use wire::{Detail, Family, Info, Queued, Socket, SocketId, state};

@@ -22,6 +22,8 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::host::clock::thread_ns;
+
 use super::wire::{
     self, Body, Detail, Family, Message, Ports, Queued, Socket, SocketId, WireError,
 };
@@ -87,6 +89,43 @@ pub struct Destroyed {
     pub code: i32,
     /// Bytes in the socket's queues just before the reset, if the kernel reported them.
     pub queued: Option<Queued>,
+    /// The socket's owner. 0 if the kernel did not report the socket.
+    pub owner: SocketOwner,
+    /// The processor time of the request.
+    pub took_ns: u64,
+}
+
+/// The code for a socket that the reaper has left out, because its owner's resets are slow.
+pub const LEFT_OUT: i32 = i32::MAX;
+
+/// The owner of a socket, as the kernel reports it now. All zero if it does not.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+)]
+pub struct SocketOwner {
+    /// The id of the socket's cgroup.
+    pub cgroup_id: u64,
+    /// The user id.
+    pub uid: u32,
+}
+
+impl From<&Socket> for SocketOwner {
+    fn from(socket: &Socket) -> Self {
+        Self {
+            cgroup_id: socket.cgroup_id.unwrap_or(0),
+            uid: socket.uid,
+        }
+    }
 }
 
 /// A netlink connection to the socket table of one network namespace.
@@ -164,6 +203,7 @@ impl DiagSocket {
     ///
     /// Fails if the exchange fails. Whether the socket was destroyed is then unknown.
     pub fn destroy(&mut self, target: &SocketId) -> Result<Destroyed, SockDiagError> {
+        let began_ns = thread_ns();
         let query = self.begin();
         wire::put_query(&mut self.out, query, target, Detail::Names);
         let destroy = self.next_sequence();
@@ -181,6 +221,7 @@ impl DiagSocket {
             match (message.sequence, message.body) {
                 (got, Body::Socket(socket)) if got == query => {
                     destroyed.queued = Some(socket.queued);
+                    destroyed.owner = SocketOwner::from(&socket);
                     had_ended = socket.is_mini;
                 }
                 (got, Body::Answer(_)) if got == query => {}
@@ -192,6 +233,7 @@ impl DiagSocket {
         if had_ended {
             destroyed.code = libc::ENOENT;
         }
+        destroyed.took_ns = thread_ns().saturating_sub(began_ns);
         Ok(destroyed)
     }
 
@@ -421,7 +463,7 @@ mod tests {
     fn gone() -> Destroyed {
         Destroyed {
             code: libc::ENOENT,
-            queued: None,
+            ..Destroyed::default()
         }
     }
 
@@ -441,6 +483,13 @@ mod tests {
         assert_eq!(sent, Err(Errno::ECONNREFUSED));
     }
 
+    fn timeless(destroyed: Destroyed) -> Destroyed {
+        Destroyed {
+            took_ns: 0,
+            ..destroyed
+        }
+    }
+
     #[test]
     fn the_own_namespace_has_a_cookie_and_no_socket_of_a_made_up_name() {
         let mut diag = DiagSocket::open().unwrap();
@@ -454,7 +503,7 @@ mod tests {
             cookie: 1,
         };
         assert_eq!(diag.query(&nobody, Detail::Activity).unwrap(), None);
-        assert_eq!(diag.destroy(&nobody).unwrap(), gone());
+        assert_eq!(timeless(diag.destroy(&nobody).unwrap()), gone());
         assert_eq!(diag.search(&[nobody]).unwrap(), [None]);
     }
 
@@ -507,13 +556,14 @@ mod tests {
             receive: 5,
         };
         let reset = Destroyed {
-            code: 0,
             queued: Some(queued),
+            owner: SocketOwner::from(&told),
+            ..Destroyed::default()
         };
-        assert_eq!(diag.destroy(&target).unwrap(), reset);
+        assert_eq!(timeless(diag.destroy(&target).unwrap()), reset);
         let error = client.take_error().unwrap().unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::ECONNABORTED));
-        assert_eq!(diag.destroy(&target).unwrap(), gone());
+        assert_eq!(timeless(diag.destroy(&target).unwrap()), gone());
         assert_eq!(diag.query(&target, Detail::Names).unwrap(), None);
     }
 }
