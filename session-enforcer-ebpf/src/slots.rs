@@ -356,7 +356,12 @@ pub(crate) fn clear_all(cookie: u64) -> u64 {
 /// the choice that the session has ended.
 #[inline(always)]
 fn clear(slot: u32, cookie: u64) -> u64 {
-    let (Some(tag), Some(record)) = (tag_of(slot), SESSIONS.get_ptr_mut(slot)) else {
+    // Not as a pair: the compiler may read the tag's place on the stack before it knows whether it was written, which
+    // Linux 6.1 refuses.
+    let Some(tag) = tag_of(slot) else {
+        return NONE_CLEARED;
+    };
+    let Some(record) = SESSIONS.get_ptr_mut(slot) else {
         return NONE_CLEARED;
     };
     if !exchange(tag, cookie, CLAIMED) {
