@@ -631,7 +631,8 @@ impl Attempt {
             };
             self.conclude_next(context, Some(answer), now_ns)?;
         }
-        if self.is_slow {
+        // Once for each batch: the answers of one that was taken back come in two parts.
+        if std::mem::take(&mut self.is_slow) {
             self.note_slow(context);
         }
         context.state().records.audit.flush();
@@ -837,6 +838,8 @@ fn conclude(
             Ok(())
         }
         Some(ReaperAnswer::LeftOut(owner)) => {
+            // Its socket is open, so nothing has to be recorded after a crash. Very many that wait would take all slots.
+            drop(state.tracker.take_journal_slot(expired));
             let netns_cookie = expired.session.netns_cookie;
             state.waits_for_turn(
                 expired,
