@@ -53,7 +53,7 @@ pub(super) async fn query(
     netns_cookie: u64,
     targets: &[SocketId],
 ) -> Result<Vec<Answer>, String> {
-    query_or_search(context, netns_cookie, targets, None, &[MAX_BATCH]).await
+    query_or_search(context, netns_cookie, targets, None).await
 }
 
 /// As [`query`], but a socket that is not found among others is searched for alone. A dump of many sockets can miss one
@@ -68,7 +68,9 @@ pub(super) async fn query_each(
     netns_cookie: u64,
     targets: &[SocketId],
 ) -> Result<Vec<Answer>, String> {
-    query_or_search(context, netns_cookie, targets, None, &[MAX_BATCH, 1]).await
+    let mut answers = query(context, netns_cookie, targets).await?;
+    search_missing(context, netns_cookie, targets, None, 1, &mut answers).await?;
+    Ok(answers)
 }
 
 /// As [`query`], with the activity of the sockets, for which the kernel takes their locks. `cgroups` has the cgroup of
@@ -84,48 +86,65 @@ pub(super) async fn query_activity(
     targets: &[SocketId],
     cgroups: &[u64],
 ) -> Result<Vec<Answer>, String> {
-    query_or_search(context, netns_cookie, targets, Some(cgroups), &[MAX_BATCH]).await
+    query_or_search(context, netns_cookie, targets, Some(cgroups)).await
 }
 
-/// Queries sockets by name. Those that are not found are searched for, in each of `searches` so many at a time.
 async fn query_or_search(
     context: &Rc<Context>,
     netns_cookie: u64,
     targets: &[SocketId],
     cgroups: Option<&[u64]>,
-    searches: &[usize],
 ) -> Result<Vec<Answer>, String> {
     let mut answers = query_by_name(context, netns_cookie, targets, cgroups).await?;
-    for searched_at_once in searches {
-        let missing =
-            (0..targets.len()).filter(|index| matches!(answers[*index], Answer::Known(None, _)));
-        let missing: Vec<usize> = missing.collect();
-        for missing in missing.chunks(*searched_at_once) {
-            let of_missing = missing.iter().map(|index| targets[*index]).collect();
-            let found = search(context, netns_cookie, of_missing)
-                .await
-                .unwrap_or_else(|error| {
-                    tracing::warn!(
-                        "{} sockets could not be searched for and count as locked: {error}",
-                        missing.len()
-                    );
-                    missing.iter().map(|index| Some(targets[*index])).collect()
-                });
-            let found = missing.iter().zip(found);
-            let (indices, found): (Vec<usize>, Vec<SocketId>) = found
-                .filter_map(|(index, target)| Some((*index, target?)))
-                .unzip();
-            let cgroups: Option<Vec<u64>> =
-                cgroups.map(|cgroups| indices.iter().map(|index| cgroups[*index]).collect());
-            let again = query_by_name(context, netns_cookie, &found, cgroups.as_deref()).await?;
-            for (index, answer) in indices.into_iter().zip(again) {
-                // It was there, and is being bound again and again, or was not searched for.
-                let is_lost = matches!(answer, Answer::Known(None, _));
-                answers[index] = if is_lost { Answer::Locked } else { answer };
-            }
+    search_missing(
+        context,
+        netns_cookie,
+        targets,
+        cgroups,
+        MAX_BATCH,
+        &mut answers,
+    )
+    .await?;
+    Ok(answers)
+}
+
+/// Searches for sockets that were not found by name, so many at a time, and queries those that are found.
+async fn search_missing(
+    context: &Rc<Context>,
+    netns_cookie: u64,
+    targets: &[SocketId],
+    cgroups: Option<&[u64]>,
+    searched_at_once: usize,
+    answers: &mut [Answer],
+) -> Result<(), String> {
+    let missing =
+        (0..targets.len()).filter(|index| matches!(answers[*index], Answer::Known(None, _)));
+    let missing: Vec<usize> = missing.collect();
+    for missing in missing.chunks(searched_at_once) {
+        let of_missing = missing.iter().map(|index| targets[*index]).collect();
+        let found = search(context, netns_cookie, of_missing)
+            .await
+            .unwrap_or_else(|error| {
+                tracing::warn!(
+                    "{} sockets could not be searched for and count as locked: {error}",
+                    missing.len()
+                );
+                missing.iter().map(|index| Some(targets[*index])).collect()
+            });
+        let found = missing.iter().zip(found);
+        let (indices, found): (Vec<usize>, Vec<SocketId>) = found
+            .filter_map(|(index, target)| Some((*index, target?)))
+            .unzip();
+        let cgroups: Option<Vec<u64>> =
+            cgroups.map(|cgroups| indices.iter().map(|index| cgroups[*index]).collect());
+        let again = query_by_name(context, netns_cookie, &found, cgroups.as_deref()).await?;
+        for (index, answer) in indices.into_iter().zip(again) {
+            // It was there, and is being bound again and again, or was not searched for.
+            let is_lost = matches!(answer, Answer::Known(None, _));
+            answers[index] = if is_lost { Answer::Locked } else { answer };
         }
     }
-    Ok(answers)
+    Ok(())
 }
 
 /// Searches for sockets in the whole socket table of a namespace; returns their present names, in the order of the
